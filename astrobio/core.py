@@ -6,7 +6,7 @@
 __all__ = ['AstrobioError', 'SchemaError', 'ConfigError', 'StoreError', 'CheckpointError', 'TrainingError', 'MissingExtraError',
            'require', 'asset', 'cache_dir', 'shared_dir', 'fsync_dir', 'atomic_path', 'stable_hash', 'unit_hash', 'rng',
            'seed_everything', 'pick_device', 'get_logger', 'setup_logging', 'interactive', 'progress_bar', 'progress',
-           'compare_times', 'Registry']
+           'compare_times', 'peak_memory', 'write_result', 'read_result', 'Registry']
 
 # %% ../nbs/00_core.ipynb #252b32a2
 import contextlib, hashlib, importlib, json, logging, os, random, sys, time
@@ -236,6 +236,70 @@ def compare_times(
     return out
 
 # %% ../nbs/00_core.ipynb #53fced97
+@contextlib.contextmanager
+def _silent_stderr():
+    "What C++ code writes to the process's error stream goes nowhere inside this block."
+    sys.stderr.flush()
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try: yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
+
+def peak_memory(
+    fn,            # function without arguments
+    device='cpu',  # 'cpu' or a CUDA device
+) -> int:
+    "Bytes that tensors took at the worst moment of `fn()`, above what was allocated when it began."
+    import torch
+    if torch.device(device).type == 'cuda':
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        fn()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    with _silent_stderr(): profiler.start()   # the profiler announces itself there
+    try: fn()
+    finally:
+        with _silent_stderr(): profiler.stop()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == '[memory]']
+    now = peak = 0
+    for e in sorted(events, key=lambda e: e.start_ns()):
+        now += e.nbytes()
+        peak = max(peak, now)
+    return peak
+
+# %% ../nbs/00_core.ipynb #e4ea630e
+def write_result(
+    topic:str,           # file name without the date, e.g. 'attention_window'
+    figures:dict,        # what was measured; must go into JSON
+    folder='results',    # of the notebooks
+) -> Path:
+    "Write `figures`, today's date and a description of the machine to `<folder>/<topic>-<date>.json`."
+    import torch
+    machine = {'cores': len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(), 'threads': torch.get_num_threads(),
+               'cpu': torch.backends.cpu.get_cpu_capability(), 'torch': torch.__version__,
+               'gpu': torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+    today = time.strftime('%Y-%m-%d')
+    path = Path(folder)/f'{topic}-{today}.json'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as t: t.write_text(json.dumps({'date': today, 'machine': machine, **figures}, indent=1) + '\n')
+    return path
+
+def read_result(
+    topic:str,           # as in `write_result`
+    folder='results',    # of the notebooks
+) -> dict:
+    "The newest figures of `topic`; an `AstrobioError` where nobody measured it."
+    found = sorted(Path(folder).glob(f'{topic}-[0-9][0-9][0-9][0-9]-*.json'))
+    if not found: raise AstrobioError(f"nothing under '{folder}' holds figures of '{topic}': run the cell or command that measures it")
+    return json.loads(found[-1].read_text())
+
+# %% ../nbs/00_core.ipynb #f57d75a4
 class Registry:
     "Named things of one kind, filled by decorators here and by entry points `astrobio.<kind>` elsewhere."
     def __init__(self,
