@@ -18,6 +18,8 @@ COMMANDS = { # words -> ('module:function', what it does)
     'train': ('astrobio.run:cli_train', 'build or load planet runs, train, evaluate on held-out planets and genera, write a report'),
     'predict': ('astrobio.run:cli_predict', 'ask a trained run: probability, interval, and the share of each modality'),
     'report': ('astrobio.run:cli_report', 'write the HTML report of a run again'),
+    'calibrate': ('astrobio.attention.api:cli_calibrate', 'measure which attention backend is fastest on this machine, and keep the answer'),
+    'bench attention': ('astrobio.attention.bench:cli_bench_attention', 'measure the attention layer: routing, overhead, claims, growth with length'),
     'test': ('astrobio.checks:cli_test', 'the sync check, every notebook, the end-to-end checks'),
 }
 
@@ -115,12 +117,12 @@ def _backward():
 @doctor_checks.register('06 attention')
 def _attention():
     import torch
-    from astrobio.models.layers import attend
-    q = torch.randn(1, 2, 9, 68, generator=torch.Generator().manual_seed(0))
-    w = torch.softmax((q.double() @ q.double().mT / 68**.5).masked_fill(~torch.ones(9, 9).tril().bool(), -torch.inf), -1) @ q.double()
-    e = float((attend(q, q, q, causal=True) - w).abs().max())
+    from astrobio.attention.api import attention, explain
+    from astrobio.attention.reference import errors_against_reference
+    q = torch.randn(1, 2, 9, 68, generator=torch.Generator().manual_seed(0)).to('cuda' if torch.cuda.is_available() else 'cpu')
+    e = max(errors_against_reference(attention, q, q, q, causal=True).values())
     if e > 1e-5: raise AstrobioError(f'attention differs from its float64 reference by {e:.1e}; expected below 1e-5')
-    return 'equals a float64 reference (head width 68)'
+    return f'{explain(q, q, q, causal=True).backend} equals a float64 reference, gradients too (head width 68)'
 
 @doctor_checks.register('07 checkpoint')
 def _checkpoint():

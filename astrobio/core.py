@@ -9,7 +9,7 @@ __all__ = ['AstrobioError', 'SchemaError', 'ConfigError', 'StoreError', 'Checkpo
            'compare_times', 'peak_memory', 'write_result', 'read_result', 'Registry']
 
 # %% ../nbs/00_core.ipynb #252b32a2
-import contextlib, hashlib, importlib, json, logging, os, random, sys, time
+import contextlib, hashlib, importlib, json, logging, os, random, sys, threading, time
 from importlib.metadata import entry_points
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -93,7 +93,7 @@ def atomic_path(
     "Yield a temporary name in the same folder; on success fsync and rename it to `path`, on failure remove it."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    tmp = path.with_name(f'.{path.name}.{os.getpid()}-{threading.get_ident()}.part')
     try:
         yield tmp
         with open(tmp, 'rb+') as f: os.fsync(f.fileno())
@@ -226,11 +226,11 @@ def compare_times(
     repeats:int=5,  # rounds; each round calls every function once
     warmup:int=1,   # rounds that do not count
 ) -> dict:
-    "Interleaved wall-clock seconds of every function: name -> list of length `repeats`."
+    "Interleaved wall-clock seconds of every function: name -> list of length `repeats`. The order changes from round to round, the same way each time."
     out = {k: [] for k in fns}
     for r in range(warmup + repeats):
-        for k, f in fns.items():
-            t = time.perf_counter()
+        for k in random.Random(r).sample(list(fns), len(fns)):
+            f, t = fns[k], time.perf_counter()
             f()
             if r >= warmup: out[k].append(time.perf_counter() - t)
     return out
@@ -262,10 +262,10 @@ def peak_memory(
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
-    with _silent_stderr(): profiler.start()   # the profiler announces itself there
-    try: fn()
-    finally:
-        with _silent_stderr(): profiler.stop()
+    with _silent_stderr():   # the profiler announces itself there, and the allocator wonders about memory that it did not see taken
+        profiler.start()
+        try: fn()
+        finally: profiler.stop()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == '[memory]']
     now = peak = 0
     for e in sorted(events, key=lambda e: e.start_ns()):

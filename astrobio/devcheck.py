@@ -198,8 +198,9 @@ def _imports(source, module, lib, is_package=False):
 def _allowed(module, dep, lib):
     "Whether the rules for models let `module` import `dep` (dotted names)."
     if not module.startswith(f'{lib}.models.'): return True
-    if dep.startswith(f'{lib}.data.'): return dep == f'{lib}.data.schema'
-    if dep.startswith(f'{lib}.models.'): return dep == f'{lib}.models.layers' or module.split('.')[-1] in ('fusion', 'system')
+    name = module.split('.')[-1]
+    if dep.startswith(f'{lib}.data.'): return dep == f'{lib}.data.schema' or (name == 'pretrained' and dep == f'{lib}.data.text')
+    if dep.startswith(f'{lib}.models.'): return dep == f'{lib}.models.layers' or name in ('fusion', 'system', 'pretrained')
     return True
 
 # %% ../nbs/78_devcheck.ipynb #08a9017b

@@ -151,12 +151,12 @@ def relative_error(
     got: Tensor,  # from a fast path
     want: Tensor, # from the reference
 ) -> float: # infinite where `got` is not finite
-    "Largest absolute difference over the largest absolute value of `want`."
+    "Largest absolute difference over the largest absolute value of `want`; the absolute difference itself where `want` is zero but for rounding."
     if got.shape != want.shape: raise SchemaError(f'shapes differ: {tuple(got.shape)} and {tuple(want.shape)}')
     if not got.isfinite().all(): return math.inf
     scale = want.abs().max().item() if want.numel() else 0.
     difference = (got.to(want.dtype) - want).abs().max().item() if want.numel() else 0.
-    return difference / max(scale, 1e-30) if difference else 0.
+    return difference / (scale if scale > 1e-9 else 1.)
 
 def errors_against_reference(
     fn,                          # (q, k, v, **call) -> (B, H, T, Dv)
