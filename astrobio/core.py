@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['AstrobioError', 'SchemaError', 'ConfigError', 'StoreError', 'CheckpointError', 'TrainingError', 'MissingExtraError',
-           'require', 'asset', 'cache_dir', 'shared_dir', 'fsync_dir', 'atomic_path', 'stable_hash', 'unit_hash', 'rng',
-           'seed_everything', 'pick_device', 'get_logger', 'setup_logging', 'interactive', 'progress_bar', 'progress',
-           'compare_times', 'peak_memory', 'write_result', 'read_result', 'Registry']
+           'hush_imports', 'require', 'asset', 'cache_dir', 'shared_dir', 'fsync_dir', 'atomic_path', 'stable_hash',
+           'unit_hash', 'rng', 'seed_everything', 'pick_device', 'get_logger', 'setup_logging', 'interactive',
+           'progress_bar', 'progress', 'compare_times', 'peak_memory', 'write_result', 'read_result', 'Registry']
 
 # %% ../nbs/00_core.ipynb #252b32a2
 import contextlib, hashlib, importlib, json, logging, os, random, sys, threading, time
@@ -39,11 +39,16 @@ class MissingExtraError(AstrobioError, ImportError):
     "A call needs a package that the base install does not carry."
 
 # %% ../nbs/00_core.ipynb #37696ca3
+def hush_imports():
+    "Silence what torchao and torch log while they are imported about parts of their own builds that this machine does not need."
+    for name in ('torchao', 'torch.utils._pytree'): logging.getLogger(name).setLevel(logging.ERROR)
+
 def require(
     module:str, # dotted name of the module to import
     extra:str,  # the extra of astrobio that carries it
 ):
     "Import `module`, or raise `MissingExtraError` that names the extra to install."
+    hush_imports()
     try: return importlib.import_module(module)
     except ImportError as e:
         raise MissingExtraError(f"this needs the package '{module.split('.')[0]}', which is not installed here ({e}). "

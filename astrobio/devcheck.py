@@ -199,8 +199,8 @@ def _allowed(module, dep, lib):
     "Whether the rules for models let `module` import `dep` (dotted names)."
     if not module.startswith(f'{lib}.models.'): return True
     name = module.split('.')[-1]
-    if dep.startswith(f'{lib}.data.'): return dep == f'{lib}.data.schema' or (name == 'pretrained' and dep == f'{lib}.data.text')
-    if dep.startswith(f'{lib}.models.'): return dep == f'{lib}.models.layers' or name in ('fusion', 'system', 'pretrained')
+    if dep.startswith(f'{lib}.data.'): return dep == f'{lib}.data.schema' or (name == 'pretrained' and dep in (f'{lib}.data.text', f'{lib}.data.packing'))
+    if dep.startswith(f'{lib}.models.'): return dep == f'{lib}.models.layers' or name in ('fusion', 'system', 'pretrained', 'adapters')
     return True
 
 # %% ../nbs/78_devcheck.ipynb #08a9017b

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'train_tiny', 'RunConfig', 'find_run', 'make_loaders', 'shuffle_labels', 'build_objective', 'make_validate',
            'Run', 'load_run', 'model_card', 'pick_example', 'report_results', 'train_run', 'Answer', 'predict',
-           'cli_train', 'cli_predict', 'withhold', 'cli_report']
+           'explain', 'cli_train', 'cli_predict', 'withhold', 'cli_report']
 
 # %% ../nbs/75_run.ipynb #2f787abe
 import itertools, json, time
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import tyro
 
+from .chat import Codec, read_codec
 from .config import config_hash, from_dict, load_toml, save_toml, to_dict
 from .core import AstrobioError, ConfigError, atomic_path, get_logger, pick_device, seed_everything, setup_logging
 from .data.build import BuildConfig, LogLevel, build
@@ -28,7 +29,10 @@ from .evaluate.calibrate import Calibrator
 from .evaluate.heldout import HeldOut, evaluate_heldout, subset_logits
 from .evaluate.metrics import auroc, brier
 from .evaluate.report import Example, ReportResults, print_table, write_report
+from .generate import Explanation, explain_prediction
 from .models.layers import count_parameters
+from .models.llm import LLM
+from .models.pretrained import load_pretrained as load_llm
 from .sim.spectra import INSTRUMENTS
 from .models.system import PlanetModel, PlanetModelConfig, planet_model_tiny
 from .train.checkpoint import load_pretrained, save_pretrained
@@ -259,7 +263,18 @@ def predict(
     return out
 
 # %% ../nbs/75_run.ipynb #f917f1e8
-def _lines(run, held, store):
+def explain(
+    run:Run,                 # from `load_run` or `train_run`
+    planet_run,              # one `PlanetRun`
+    model:LLM|None=None,     # whose words; None = the language model of the run
+    codec:Codec|None=None,   # its tokenizer and marks, see `read_codec`; None = those of the package
+    **how,                   # of `explain_prediction`
+) -> Explanation:
+    "What the run predicts, in the words of a language model and with the numbers of the prediction."
+    return explain_prediction(predict(run, [planet_run])[0], run.model.llm if model is None else model, tokenizer=codec, **how)
+
+# %% ../nbs/75_run.ipynb #bb995b20
+def _lines(run, held):
     r = run.results
     print_table(held.rows)
     print_table(held.classes, title='The fused model by stellar class', reference='')
@@ -278,7 +293,7 @@ def cli_train(
     "Build or load planet runs, train, evaluate on held-out planets and genera, write a report. Kill it when you like; the same command goes on."
     setup_logging(log_level)
     run, held = train_run(cfg, runs_dir, store, device)
-    _lines(run, held, store)
+    _lines(run, held)
 
 def cli_predict(
     run:Annotated[Path, tyro.conf.Positional], # folder of a trained run
@@ -286,11 +301,13 @@ def cli_predict(
     planet:str|None=None,                      # only this planet of the store, with all its metabolisms
     without:tuple[str, ...]=(),                # modalities to withhold, e.g. --without climate spectrum
     store:Path|None=None,                      # folder of planet runs; default: those of the run
+    words:Path|None=None,                      # folder of a language model (Llama, Mistral) that puts every answer into words
     as_json:bool=False,                        # one JSON object a line
     log_level:LogLevel='WARNING',              # of the console
 ):
     "Ask a trained run: probability, interval, and the share of each modality."
     setup_logging(log_level)
+    speaker = None if words is None else (load_llm(words, dtype='float32'), read_codec(words))
     for m in without:
         if m not in MODALITIES: raise ConfigError(f"'{m}' is not a modality; expected some of {', '.join(MODALITIES)}")
     r = load_run(run)
@@ -302,6 +319,7 @@ def cli_predict(
         if as_json: print(json.dumps(vars(a)))
         else:
             print(a.sentence())
+            if speaker: print('    ' + explain_prediction(a, speaker[0], tokenizer=speaker[1]).words)
             print('    shares in log-odds: ' + ', '.join(f'{m} {v:+.2f}' for m, v in a.shares.items() if m not in without) + (f'; label: {"habitable" if a.habitable else "not habitable"}' if a.habitable is not None else ''))
     if without and not as_json: print(f"answered without: {', '.join(without)}")
 

@@ -116,44 +116,55 @@ class SpectrumTokens(nn.Module):
         return self.net(x.to(self.position.dtype)) + self.position, seen.unflatten(1, (self.n_tokens, -1)).any(-1)
 
 # %% ../../nbs/41_models.llm.ipynb #26599917
+def _loss_and_grads(hidden, weight, labels, chunk, dtype, needs_h, needs_w):
+    "Summed cross-entropy and the gradients of the sum, through two buffers of chunk × V that serve every chunk."
+    N, V, n = len(labels), len(weight), min(chunk, len(labels))
+    h_all, w, wide = hidden.to(dtype), weight.to(dtype), torch.promote_types(dtype, torch.float32)
+    logits_room, p_room = h_all.new_empty(n, V), h_all.new_empty(n, V, dtype=wide)
+    grad_h, grad_w, loss = torch.empty_like(h_all) if needs_h else None, weight.new_empty(weight.shape, dtype=wide) if needs_w else None, 0.0
+    for i in range(0, N, n):
+        h, y = h_all[i:i + n], labels[i:i + n, None]
+        logits, p = logits_room[:len(h)], p_room[:len(h)]
+        torch.mm(h, w.T, out=logits)
+        top, at = logits.max(-1, keepdim=True)
+        torch.softmax(logits, -1, dtype=wide, out=p)
+        loss = loss + (top.to(wide) - p.gather(-1, at).log() - logits.gather(-1, y).to(wide)).sum()   # the largest p is no smaller than 1 / V: its logarithm is exact
+        if not (needs_h or needs_w): continue
+        g = p.scatter_add_(-1, y, torch.full_like(y, -1, dtype=wide)).to(dtype)                       # softmax - one-hot
+        if needs_h: torch.mm(g, w, out=grad_h[i:i + n])
+        if needs_w and wide == dtype: torch.addmm(grad_w, g.T, h, beta=float(i > 0), out=grad_w)
+        elif needs_w: grad_w = g.T @ h + (grad_w if i else 0.0)
+    return loss, grad_h, grad_w
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, chunk):
-        needs_h, needs_w = ctx.needs_input_grad[:2]
-        grad_h = torch.empty_like(hidden) if needs_h else None
-        grad_w = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) if needs_w else None
-        wide, loss, w = torch.promote_types(hidden.dtype, torch.float32), 0.0, weight.to(hidden.dtype)
-        for i in range(0, len(labels), chunk):
-            h, y = hidden[i:i + chunk], labels[i:i + chunk, None]
-            logits = (h @ w.T).to(wide)
-            log_z = logits.logsumexp(-1, keepdim=True)
-            loss = loss + (log_z - logits.gather(-1, y)).sum()
-            if not (needs_h or needs_w): continue
-            g = logits.sub_(log_z).exp_()                                    # softmax, in place of the logits
-            g.scatter_add_(-1, y, torch.full_like(y, -1, dtype=g.dtype)).div_(len(labels))
-            g = g.to(hidden.dtype)
-            if needs_h: grad_h[i:i + chunk] = g @ w
-            if needs_w: grad_w += g.T @ h
-        ctx.grads = grad_h, None if grad_w is None else grad_w.to(weight.dtype)
+        device = hidden.device.type
+        ctx.args = chunk, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64 else hidden.dtype, *ctx.needs_input_grad[:2]
+        with torch.autocast(device, enabled=False): loss, *ctx.grads = _loss_and_grads(hidden, weight, labels, *ctx.args)
+        ctx.save_for_backward(hidden, weight, labels)
         return loss / len(labels)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return *(None if g is None else g * grad.to(g.dtype) for g in ctx.grads), None, None
+        hidden, weight, labels = ctx.saved_tensors
+        grads = ctx.grads or _loss_and_grads(hidden, weight, labels, *ctx.args)[1:]   # scaled in place, so a second backward makes them again
+        ctx.grads = None
+        return *(None if g is None else g.mul_((grad / len(labels)).to(g.dtype)).to(x.dtype) for g, x in zip(grads, (hidden, weight))), None, None
 
 def chunked_cross_entropy(
     hidden: Float[Tensor, 'N C'],   # states that predict
     weight: Float[Tensor, 'V C'],   # output embedding
     labels: Int[Tensor, 'N'],       # token ids, `ignore` where there is nothing to predict
-    chunk: int = 2048,              # positions whose logits are held at a time
+    chunk: int | None = None,       # positions whose logits are held at a time; None = 16 million logits, and 128 positions at least
     ignore: int = -100,             # label that does not count
 ) -> Tensor: # mean over the labelled positions, float32; exactly zero, with zero gradients, if there are none
-    "Cross-entropy of next-token prediction in memory chunk × V instead of N × V."
+    "Cross-entropy of next-token prediction in memory 2 × chunk × V instead of 3 × N × V."
     counts = labels != ignore
     hidden, labels = hidden[counts], labels[counts]
     if not len(labels): return hidden.sum().float() + 0.0 * weight.sum().float()
-    return _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk)
+    return _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk or max(128, 2**24 // len(weight)))
 
 # %% ../../nbs/41_models.llm.ipynb #93e0ef9d
 @dataclass

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['LossWeights', 'random_subset', 'implied_viability', 'answer_loss', 'fused_climate_loss', 'ObjectiveOutput',
-           'PlanetObjective']
+           'PlanetObjective', 'TextObjective', 'text_validation']
 
 # %% ../../nbs/50_train.losses.ipynb #8bc9eaaa
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn, Tensor
 from ..data.schema import FREEZING_K, HABITABLE_THRESHOLD, LATITUDE_WEIGHTS, PlanetRunBatch
 from ..models.datacube import climate_loss
 from ..models.fusion import FusionOutput
+from ..models.llm import LLM, LLMOutput
 from ..models.system import PlanetModel, PlanetOutput
 
 # %% ../../nbs/50_train.losses.ipynb #650d9e12
@@ -81,7 +83,7 @@ class ObjectiveOutput:
     "The loss to minimise, its terms (unweighted, detached), and the model's output."
     loss:Tensor
     loss_terms:dict
-    output:PlanetOutput
+    output:PlanetOutput|LLMOutput
 
 class PlanetObjective(nn.Module):
     "A `PlanetModel` with its loss."
@@ -111,3 +113,31 @@ class PlanetObjective(nn.Module):
             terms['consistency'] = _mean(kl, batch.weight)
         loss = sum(getattr(w, k) * v for k, v in terms.items())
         return ObjectiveOutput(loss, {k: v.detach() for k, v in terms.items()}, out)
+
+# %% ../../nbs/50_train.losses.ipynb #5611a4f7
+class TextObjective(nn.Module):
+    "An `LLM` with its loss on packed text: pretraining, domain adaptation, instruction tuning."
+    def __init__(self,
+        model:LLM, # what is trained, with or without an adapter
+    ):
+        super().__init__()
+        self.model = model
+
+    def forward(self,
+        batch, # `PackedBatch`
+    ) -> ObjectiveOutput:
+        "Loss in nats per token that counts."
+        out = self.model(batch.input_ids, batch.attention_mask, labels=batch.labels, document_ids=batch.document_ids)
+        return ObjectiveOutput(out.loss, dict(next_token=out.loss.detach()), out)
+
+def text_validation(
+    loader, # of `PackedBatch`es; every call reads its first epoch
+):
+    "A `validate` of the trainer: the mean loss of all tokens that count, in nats, and its exponential."
+    def validate(objective:TextObjective) -> dict:
+        loader.set_epoch(0)
+        device = next(objective.parameters()).device
+        sums = [(float(objective(b.to(device)).loss), float(b.weight.sum())) for b in loader if float(b.weight.sum())]
+        loss = sum(l*n for l, n in sums) / sum(n for _, n in sums)
+        return dict(next_token=loss, perplexity=math.exp(loss))
+    return validate
