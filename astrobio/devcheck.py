@@ -179,9 +179,9 @@ def sync_check(
 
 # %% ../nbs/78_devcheck.ipynb #b39266ab
 def _number(name):
-    "Number of a notebook from its file name, or None."
-    m = re.match(r'(\d+)_', Path(name).name)
-    return int(m.group(1)) if m else None
+    "Number of a notebook and the letter behind it from its file name, as they are compared; None without a number."
+    m = re.match(r'(\d+)([a-z]?)_', Path(name).name)
+    return (int(m.group(1)), m.group(2)) if m else None
 
 def _imports(source, module, lib, is_package=False):
     "Dotted names of the modules of `lib` that `source`, the text of `module`, imports anywhere."
