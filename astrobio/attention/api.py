@@ -15,12 +15,14 @@ from torch import Tensor
 from jaxtyping import Float
 from ..core import AstrobioError, ConfigError, atomic_path, cache_dir, compare_times, progress_bar
 from .kernels import BACKENDS, BackendError, Call, describe_call, memory_at_hand
-from . import window as _window # registers 'chunked' and 'flex'
+from . import window as _window # registers 'native', 'chunked' and 'flex'
 from .ring import active_ring  # registers 'ring'
 
 # %% ../../nbs/38_attention.api.ipynb #0fb1bc10
 DEFAULT_ORDER = { # kind of call -> backends, most preferred first; the first that can serve is taken
     'dense': ('flash3', 'flash2', 'xformers', 'sdpa', 'math'),
+    'dense cpu': ('native', 'sdpa', 'math'),
+    'short cpu': ('sdpa', 'math'),
     'window': ('flash3', 'flash2', 'flex', 'chunked', 'sdpa', 'math'),
     'window cpu': ('native', 'chunked', 'flex', 'sdpa', 'math'),
 }
@@ -35,8 +37,8 @@ class Choice:
     def __repr__(self): return '\n'.join([f'{self.backend}: {self.reason}', *(f'  not {n}: {w}' for n, w in self.passed_over.items())])
 
 def _default_order(call: Call) -> tuple:
-    if call.window is None: return DEFAULT_ORDER['dense']
-    return DEFAULT_ORDER['window cpu' if call.device == 'cpu' else 'window']
+    if call.device != 'cpu': return DEFAULT_ORDER['dense' if call.window is None else 'window']
+    return DEFAULT_ORDER['window cpu' if call.window is not None else 'dense cpu' if call.T >= (64 if call.causal else 256) else 'short cpu']
 
 def _gib(n): return f'{n / 2**30:.3g} GiB'
 
@@ -63,7 +65,7 @@ def choose(
                        + '\nShorten it, give a window, or spread the sequence over processes (sequence_parallel)')
 
 # %% ../../nbs/38_attention.api.ipynb #ede57fea
-CALIBRATION_SCHEMA = 1
+CALIBRATION_SCHEMA = 2
 
 def machine_key() -> str:
     "Sixteen hexadecimal digits that name what the timings depend on: processor, cores, GPU, versions."
@@ -98,7 +100,7 @@ def forget_choices():
 
 def _calibrated_order(call: Call):
     "(order, reason) by the nearest measured length, or None."
-    if torch.are_deterministic_algorithms_enabled(): return None
+    if torch.are_deterministic_algorithms_enabled() or torch.compiler.is_compiling(): return None
     points = _calibration(str(calibration_path())).get((call_kind(call), call.device, str(call.dtype)[6:], call.grad))
     if not points: return None
     length, seconds = min(points, key=lambda p: abs(math.log(p[0] / max(call.T, call.S, 1))))
@@ -188,7 +190,7 @@ def explain(
     if backend == 'auto': return choose(q)
     return Choice(_named(backend, q), 'asked for by name')
 
-# %% ../../nbs/38_attention.api.ipynb #6da73d5c
+# %% ../../nbs/38_attention.api.ipynb #02f3a355
 def _bench_inputs(kind, length, dtype, device, grad, heads, kv_heads, head_dim, window):
     gen = torch.Generator().manual_seed(0)
     T = 1 if kind == 'decode' else length
@@ -209,7 +211,7 @@ def calibrate(
     *,
     window: int = 256,       # of the windowed calls
     heads: int = 8, kv_heads: int = 2, head_dim: int = 64,
-    repeats: int = 7,        # rounds; the shortest counts
+    repeats: int = 7,        # rounds, more at short calls; the shortest counts
     device: str | None = None, # None = CUDA where there is one
     save: bool = True,       # keep it in the cache folder, for `attention` to use
 ) -> list: # one dictionary a point: kind, device, dtype, grad, length, seconds {backend: shortest}
@@ -225,7 +227,10 @@ def calibrate(
             asked, _ = describe_call(*inputs, **call)
             able = [n for n in BACKENDS.names() if BACKENDS[n].why_not(asked) is None and not _no_room(BACKENDS[n], asked)]
             steps = {n: _timed(functools.partial(attention, backend=n), inputs, call, grad, device) for n in able}
-            seconds = {n: min(s) for n, s in compare_times(steps, repeats).items()} # what disturbs a round only lengthens it
+            seconds = {n: min(s) for n, s in compare_times(steps, 2).items()}       # what disturbs a round only lengthens it
+            near = {n: s for n, s in steps.items() if seconds[n] < 4 * min(seconds.values())}
+            rounds = max(repeats, min(50, int(0.05 / min(seconds.values()))))       # short calls are disturbed more, and cost little
+            seconds |= {n: min(*s, seconds[n]) for n, s in compare_times(near, rounds).items()}
             points.append(dict(kind=call_kind(asked), device=device, dtype=str(dtype)[6:], grad=grad, length=length, seconds=seconds))
             advance()
     if save:
