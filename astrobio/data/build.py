@@ -28,7 +28,7 @@ from ..sim.climate import draw_planets, mask_params, run_climate
 from ..sim.spectra import draw_atmosphere, observe, transmission_spectrum
 
 # %% ../../nbs/28_data.build.ipynb #e3d5a0d0
-BUILD_VERSION = '2' # of the ebm tier: raised when the same settings would give other runs
+BUILD_VERSION = '3' # of the ebm tier: raised when the same settings would give other runs
 
 @dataclass(frozen=True, kw_only=True)
 class BuildConfig:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..data.schema import CUBE_SHAPE, ENERGY_SHAPE, SIGMA, SURFACE_SHAPE, area_mean
-from .ebm import Harmonics, leap, physics, run_year, start_state
+from .ebm import Harmonics, heat, leap, physics, run_year, start_state
 from .planets import PlanetDraw, draw_planets, join_draws, make_planet, mask_params
 from .radiation import SIGMA_SB, SOLAR_CONSTANT, STEPS, T0
 
@@ -132,7 +132,7 @@ def _work(draw, queue, out, progress, device, accelerate, steps):
         year = run_year(state, ph, basis)
         age += 1
         net = (year.energy[:, 0] - year.energy[:, 1]).mean(0)
-        uptake = basis.mean((ph.c_surface * (state.surface - before.surface)).abs()) / (ph.step_s * len(ph.clear))
+        uptake = basis.mean((heat(state.surface, ph)[0] - heat(before.surface, ph)[0]).abs()) / (ph.step_s * len(ph.clear))
         quiet = ((net.abs() < .9 * TOLERANCE) & (uptake < 3 * TOLERANCE)).cpu().numpy()
         for j in np.flatnonzero(~idle & (age == 1)):
             i, ts, ta, flux = slots[j], (year.surface[..., j] + T0).cpu(), (year.air[..., j] + T0).cpu(), year.energy[..., j].cpu()

@@ -137,8 +137,8 @@ def _system_of(index, seed):
     return 3*block + which, k - int(np.cumsum(sizes)[which] - sizes[which]), int(sizes[which])
 
 def _flux(u):
-    "Insolation at quantile u, in S_earth for a Sun and moved with the runaway limit for other stars: 0.35 to 1.25, three quarters between 0.6 and 1.05."
-    return np.interp(u, (0, .125, .875, 1), (.35, .6, 1.05, 1.25))
+    "Insolation at quantile u, in S_earth for a Sun and moved with the runaway limit for other stars: 0.45 to 1.1, three quarters between 0.65 and 1."
+    return np.interp(u, (0, .125, .875, 1), (.45, .65, 1.0, 1.1))
 
 def _draw_star(seed, system):
     "Teff, radius, mass, log luminosity of a main-sequence star, and a number in [0, 1) that places its planets."
@@ -152,7 +152,7 @@ def _draw_one(index, seed):
     "One planet: its 16 parameters and its hidden factors."
     system, place, size = _system_of(index, seed)
     teff, rstar, mstar, logl, u = _draw_star(seed, system)
-    r, rel = rng(seed, 'planet', int(index)), float(_flux((u + place/size) % 1)) # siblings at least a period ratio of 1.15 apart
+    r, rel = rng(seed, 'planet', int(index)), float(_flux((u + place/size) % 1)) # siblings at least a period ratio of 1.1 apart
     s = rel * float(kopparapu_flux(teff, 'runaway') / kopparapu_flux(5780., 'runaway'))
     a = math.sqrt(10**logl / s)
     radius = r.uniform(.7, 1.6)
@@ -163,11 +163,11 @@ def _draw_one(index, seed):
     rot = math.exp(r.uniform(math.log(.4), math.log(max(min(16, period/2), .5))))
     if sync: ecc, obl, rot = ecc / 3, 0., period
     p = 10**r.uniform(math.log10(.2), 1)
-    pco2 = min(-2.6 + 8.5 * (1 - rel) + r.uniform(-1, 1), math.log10(.97 * p))
+    pco2 = min(-2.3 + 8.5 * (1 - rel) + r.uniform(-1, 1), math.log10(.97 * p))
     cut = lambda sd: float(np.clip(r.normal(0, sd), -2*sd, 2*sd))
     hidden = dict(index=int(index), system=system, periastron_deg=r.uniform(0, 360), land_fraction=r.uniform(0, .6), mixed_layer_m=10**r.uniform(1, 2),
                   surface_albedo_offset=cut(.03), cloud_albedo_offset=cut(.03), transport_factor=math.exp(cut(.4)), olr_offset_w_m2=cut(8.),
-                  cold_start=bool(r.random() < .2))
+                  cold_start=bool(r.random() < .1))
     params = [teff, rstar, mstar, logl, s, period, a, ecc, obl, rot, float(sync), radius, mass, 9.81 * mass / radius**2, p, pco2]
     return hidden | dict(params=np.array(params), land=land_mask(hidden['land_fraction'], r))
 

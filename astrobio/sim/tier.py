@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'gcm_folder', 'GcmRun', 'gcm_params', 'read_gcm_run', 'gcm_tier', 'gcm_draw', 'write_gcm_asset',
-           'map_correlation', 'compare_tier']
+           'map_correlation', 'same_age', 'compare_tier']
 
 # %% ../../nbs/24b_sim.tier.ipynb #f20fb73a
 import math
@@ -13,12 +13,15 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import torch
 
 from ..core import AstrobioError, SchemaError, asset, shared_dir
-from ..data.schema import LATITUDE_DEG, LATITUDE_WEIGHTS, LONGITUDE_DEG, N_LON, PLANET_PARAMS, PlanetRun, RunMeta, area_mean
+from ..data.schema import LATITUDE_DEG, LATITUDE_WEIGHTS, LONGITUDE_DEG, N_LON, PLANET_PARAMS, SURFACE_SHAPE, PlanetRun, RunMeta, area_mean
 from .climate import PlanetDraw, join_draws, make_planet, run_climate
+from .ebm import Harmonics, physics, run_year, start_state
 from .gcm import regrid, to_sigma
-from .planets import MAIN_SEQUENCE, orbital_period_days
+from .planets import MAIN_SEQUENCE
+from .radiation import T0
 
 # %% ../../nbs/24b_sim.tier.ipynb #1879c743
 def gcm_folder() -> Path|None:
@@ -41,6 +44,7 @@ class GcmRun:
     drift_k:float         # of the last year
     net_w_m2:float        # top-of-atmosphere flux of the last year
     converged:bool        # drift < 0.6 K and net flux < 3 W m-2
+    cpu_s:float           # CPU seconds of all its simulated years
 
 def gcm_params(
     a, # attributes of a file of the ensemble
@@ -76,7 +80,7 @@ def read_gcm_run(
     meta = RunMeta(planet=path.stem, system=f'gcm-{path.stem}', simulator='gcm', version='ExoPlaSim 3.4.2 T21L10',
                    provenance=dict(years=int(a['years']), drift_K=drift, toa_net_W_m2=net, converged=bool(a['converged'])))
     run = PlanetRun(planet_params=gcm_params(a), climate_cube=cube.astype(np.float32), climate_target=last.astype(np.float32), energy=energy.astype(np.float32), meta=meta)
-    return GcmRun(path.stem, run, first.astype(np.float32), (land > .5).astype(np.float32), text(a['surface']), float(a['mldepth']), float(a['lonvernaleq']), int(a['years']), drift, net, bool(a['converged']))
+    return GcmRun(path.stem, run, first.astype(np.float32), (land > .5).astype(np.float32), text(a['surface']), float(a['mldepth']), float(a['lonvernaleq']), int(a['years']), drift, net, bool(a['converged']), float(a['cpu_s']))
 
 def gcm_tier(
     folder=None, # of the ensemble; `gcm_folder()` unless given
@@ -92,7 +96,7 @@ def gcm_draw(
     "The same planets for the energy balance: same orbit, land and slab; no hidden factors."
     return join_draws(*[make_planet(dict(zip(PLANET_PARAMS, map(float, g.run.planet_params))), land=g.land, mixed_layer_m=g.mixed_layer_m, periastron_deg=g.periapse_deg) for g in runs])
 
-# %% ../../nbs/24b_sim.tier.ipynb #e9382d2c
+# %% ../../nbs/24b_sim.tier.ipynb #7ff6127d
 KEPT = ('lat', 'lon', 'lev', 'history', *(f'first_year/{k}' for k in ('ts', 'ta', 'hus', 'lsm', 'rst', 'rlut')), *(f'last_year/{k}' for k in ('ts', 'rst', 'rlut')))
 
 def write_gcm_asset(
@@ -110,7 +114,7 @@ def write_gcm_asset(
             a.visititems(copy)
     return sum(p.stat().st_size for p in folder.glob('planet*.h5'))
 
-# %% ../../nbs/24b_sim.tier.ipynb #e93a9cad
+# %% ../../nbs/24b_sim.tier.ipynb #06bef1ca
 def map_correlation(
     a:np.ndarray, # (12, 32, 64)
     b:np.ndarray, # (12, 32, 64)
@@ -121,14 +125,27 @@ def map_correlation(
     x, y = x - (w*x).sum(), y - (w*y).sum()
     return float((w*x*y).sum() / math.sqrt((w*x*x).sum() * (w*y*y).sum()))
 
+@torch.inference_mode()
+def same_age(
+    draw:PlanetDraw, # n planets
+    years,           # (n,) full years to simulate
+) -> np.ndarray:
+    "Monthly surface temperature (n, 12, 32, 64) K of the energy balance in the year `years`, simulated without leaps."
+    basis = Harmonics()
+    ph, state, out = physics(draw), start_state(draw, basis), np.zeros((len(draw), *SURFACE_SHAPE), np.float32)
+    for y in range(1, max(years) + 1):
+        year = run_year(state, ph, basis)
+        for i in np.flatnonzero(np.asarray(years) == y): out[i] = year.surface[..., i] + T0
+    return out
+
 def compare_tier(
     runs:list, # of `GcmRun`
 ) -> list:
     "A row a planet: first- and last-year global means of both models (K), map correlations, and what the planet is."
     draw = gcm_draw(runs)
-    done = run_climate(draw)
+    done, aged = run_climate(draw), same_age(draw, [g.years for g in runs])
     k = lambda x: float(area_mean(np.asarray(x, dtype=np.float64)).mean())
     return [dict(name=g.name, flux=float(draw.param('insolation_searth')[i]), teff_k=float(draw.param('star_teff_k')[i]), surface=g.surface, synchronous=bool(draw.param('synchronous')[i]),
                  rotation_days=float(draw.param('rotation_period_days')[i]), pressure_bar=float(draw.param('surface_pressure_bar')[i]), gcm_converged=g.converged, drift_k=g.drift_k,
-                 ebm_converged=bool(done.converged[i]), first_gcm=k(g.first), first_ebm=k(done.surface_first[i]), last_gcm=k(g.run.climate_target), last_ebm=k(done.target[i]),
-                 first_map=map_correlation(done.surface_first[i], g.first), last_map=map_correlation(done.target[i], g.run.climate_target)) for i, g in enumerate(runs)]
+                 ebm_converged=bool(done.converged[i]), first_gcm=k(g.first), first_ebm=k(done.surface_first[i]), last_gcm=k(g.run.climate_target), last_ebm=k(done.target[i]), aged_ebm=k(aged[i]),
+                 first_map=map_correlation(done.surface_first[i], g.first), last_map=map_correlation(done.target[i], g.run.climate_target), aged_map=map_correlation(aged[i], g.run.climate_target)) for i, g in enumerate(runs)]

@@ -250,7 +250,7 @@ def _sharded(model, real, s, device, rank, world):
 def _track(used, prefix, module, others):
     "Note in `used` which of a module's weights got a gradient, save those of `others`; called in its forward pass, when they are whole."
     for n, p in module.named_parameters(prefix):
-        if hasattr(p, 'tracked') or n.startswith(others): continue
+        if not p.requires_grad or hasattr(p, 'tracked') or n.startswith(others): continue
         p.tracked = p.register_hook(lambda g, n=n: used.add(n))
 
 def _shard(model, real, s, device, world, mesh, before=lambda block: None) -> set:
