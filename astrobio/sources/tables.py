@@ -6,7 +6,7 @@
 __all__ = ['NULLS', 'stream_to_parquet', 'write_catalogue', 'bench_stream']
 
 # %% ../../nbs/12a_sources.tables.ipynb #d4002e07
-import contextlib, csv, gzip, io, itertools, json, os, re, zlib
+import contextlib, csv, gzip, io, itertools, json, os, re, tempfile, zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,20 +72,23 @@ def _fast(source, tmp, sep, names, skip, start, text, null, units, origin):
     try: looks = pl.read_csv(sample, has_header=False, schema=looks, **how) if sample else pl.DataFrame(schema=looks)
     except pl.exceptions.PolarsError: raise _Uneven from None
     types = {c: pl.String if c in text else _guess(pl, looks[c], null) for c in columns}
-    while True:
-        schema = pl.DataFrame(schema=types).to_arrow().schema
-        schema = pa.schema([f.with_metadata({'unit': units[f.name]}) if f.name in units else f for f in schema], metadata=origin or None)
-        lazy = pl.scan_csv(source, schema=types, has_header=names is None, skip_rows=skip, null_values=words or None, **how).with_columns(pl.col(pl.Float64).fill_nan(None))
-        try: lazy.sink_parquet(tmp, compression='snappy', row_group_size=2**16, arrow_schema=schema)
-        except pl.exceptions.PolarsError as e:
-            wide = _wider(e)
-            if wide is None or types.get(wide.column) == pl.String or wide.column in words: raise _Uneven from None
-            if wide.value in null: words[wide.column] = wide.value
-            else: types[wide.column] = pl.String if wide.text else pl.Float64
-            continue
-        rows = pl.scan_parquet(tmp).select(pl.len()).collect().item()
-        if rows + (names is None) != lines: raise _Uneven
-        return rows
+    with tempfile.TemporaryDirectory(dir=Path(tmp).parent, ignore_cleanup_errors=True) as folder: # a fresh file each time: the writer of an attempt that failed may still be at its file
+        for k in itertools.count():
+            part = Path(folder)/f'{k}.parquet'
+            schema = pl.DataFrame(schema=types).to_arrow().schema
+            schema = pa.schema([f.with_metadata({'unit': units[f.name]}) if f.name in units else f for f in schema], metadata=origin or None)
+            lazy = pl.scan_csv(source, schema=types, has_header=names is None, skip_rows=skip, null_values=words or None, **how).with_columns(pl.col(pl.Float64).fill_nan(None))
+            try: lazy.sink_parquet(part, compression='snappy', row_group_size=2**16, arrow_schema=schema)
+            except pl.exceptions.PolarsError as e:
+                wide = _wider(e)
+                if wide is None or types.get(wide.column) == pl.String or wide.column in words: raise _Uneven from None
+                if wide.value in null: words[wide.column] = wide.value
+                else: types[wide.column] = pl.String if wide.text else pl.Float64
+                continue
+            rows = pl.scan_parquet(part).select(pl.len()).collect().item()
+            if rows + (names is None) != lines: raise _Uneven
+            os.replace(part, tmp)
+            return rows
 
 def _guess(pl, looks, null):
     "The type of a column from its first fields. Leading zeros and integers of too many digits make a name of a number."
