@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['GAS_METABOLITES', 'MINERALS', 'NETWORK_DIR', 'ARCHETYPE_GASES', 'THERMAL_CLASSES', 'CARRIERS', 'REACTIVE_OXYGEN',
            'CURRENCY', 'NODE_FEATURES', 'EDGE_FEATURES', 'Network', 'read_network', 'Medium', 'growth', 'critical_po2',
-           'NetworkInfo', 'list_networks', 'edit_network', 'load_network', 'viability_table', 'network_critical_po2',
-           'viable', 'traits_table', 'draw_traits', 'network_scope', 'to_graph']
+           'NetworkInfo', 'pack_network', 'unpack_network', 'list_networks', 'edit_network', 'load_network',
+           'viability_table', 'network_critical_po2', 'viable', 'traits_table', 'draw_traits', 'network_scope',
+           'to_graph']
 
 # %% ../../nbs/21_data.networks.ipynb #976be4b6
 import copy, csv, functools, json
@@ -37,19 +38,34 @@ class Network:
     lb:np.ndarray           # (R,) lower flux bounds, mmol gDW-1 h-1
     ub:np.ndarray           # (R,) upper flux bounds
     objective:np.ndarray    # (R,) 1 for the biomass reaction
-    kind:str = 'wild_type'  # how a variant was made
+    kind:str = 'wild_type'  # how a variant was made; 'draft' = no biomass objective is asked for
+    names:list = ()         # M full names, where known
+    subsystems:list = ()    # R pathways, where known
+    source:str = ''         # where it comes from
 
     def __post_init__(self):
         M, R = self.S.shape
+        if not np.isfinite(self.S.data).all(): raise SchemaError(f"network '{self.id}': S has a coefficient that is not a finite number; mend the stoichiometry first")
+        for n in ('metabolites', 'reactions'):
+            if len(set(getattr(self, n))) < len(getattr(self, n)):
+                twice = next(x for x in getattr(self, n) if list(getattr(self, n)).count(x) > 1)
+                raise SchemaError(f"network '{self.id}': '{twice}' stands twice among its {n}; expected each identifier once")
+        if np.any(np.asarray(self.lb) > np.asarray(self.ub)):
+            j = int(np.flatnonzero(np.asarray(self.lb) > np.asarray(self.ub))[0])
+            raise SchemaError(f"network '{self.id}': reaction '{self.reactions[j]}' has a lower bound of {self.lb[j]} above its upper bound {self.ub[j]}")
         for n, k in dict(metabolites=M, formulas=M, charges=M, compartments=M, reactions=R, lb=R, ub=R, objective=R).items():
             if len(getattr(self, n)) != k: raise SchemaError(f"network '{self.id}': {n} has {len(getattr(self, n))} entries; expected {k}, as S is {(M, R)}")
+        if self.kind != 'draft': self._needs_objective()
+
+    def _needs_objective(self):
         if not np.any(self.objective):
             raise SchemaError(f"network '{self.id}' has no biomass objective, so growth is undefined. Set one before reading it "
-                              f"(in cobra: model.objective = '<biomass reaction>'), or choose a reconstruction that carries one")
+                              f"(in cobra: model.objective = '<biomass reaction>'), choose a reconstruction that carries one, or read it as a draft (kind='draft')")
 
     @property
     def biomass(self) -> int:
-        "Column of the biomass reaction."
+        "Column of the biomass reaction; `SchemaError` for a draft without one."
+        self._needs_objective()
         return int(np.argmax(np.abs(self.objective)))
 
     @functools.cached_property
@@ -65,13 +81,16 @@ def read_network(
     id:str|None=None,   # name to give it; the model's own without
     genus:str='',       # split group
     organism:str='',    # as in the literature
+    kind:str='wild_type', # 'draft': a reconstruction without a biomass objective is welcome too
 ) -> Network:
-    "A `Network` from a published reconstruction; `SchemaError` where it has no biomass objective."
+    "A `Network` from a published reconstruction; `SchemaError` where it has no biomass objective and is no draft."
     m = source
     if isinstance(source, (str, Path)):
         io, p = require('cobra.io', 'sources'), Path(source)
         if not p.exists(): raise SchemaError(f"there is no network file '{p.name}' where read_network looked; check the path")
-        m = io.load_json_model(str(p)) if p.suffix == '.json' else io.read_sbml_model(str(p))
+        try: m = io.load_json_model(str(p)) if p.suffix == '.json' else io.read_sbml_model(str(p))
+        except Exception as e: # cobra and libSBML fail in many ways; the first line says which
+            raise SchemaError(f"'{p.name}' cannot be read as {'BiGG JSON' if p.suffix == '.json' else 'SBML'}: {str(e).splitlines()[0][:200] if str(e) else type(e).__name__}") from e
     if not hasattr(m, 'reactions'): raise SchemaError(f'read_network got {type(source).__name__}; expected a path to SBML or BiGG JSON, or a cobra model')
     mets, rxns = list(m.metabolites), list(m.reactions)
     row = {x.id: i for i, x in enumerate(mets)}
@@ -81,7 +100,8 @@ def read_network(
     return Network(id or m.id, id or m.id, genus, organism, sp.csc_matrix((v, (i, j)), shape=(len(mets), len(rxns)), dtype=np.float64),
                    [x.id for x in mets], [x.formula or '' for x in mets], np.array([x.charge or 0 for x in mets], dtype=np.int16),
                    [compartment(x.compartment) for x in mets], [r.id for r in rxns], np.array([r.lower_bound for r in rxns], dtype=float),
-                   np.array([r.upper_bound for r in rxns], dtype=float), np.array([float(r.objective_coefficient) for r in rxns]))
+                   np.array([r.upper_bound for r in rxns], dtype=float), np.array([float(r.objective_coefficient) for r in rxns]),
+                   kind, [x.name or '' for x in mets], [r.subsystem or '' for r in rxns])
 
 # %% ../../nbs/21_data.networks.ipynb #bd58ab75
 GAS_METABOLITES = dict(O2='o2_e', CO2='co2_e', CH4='ch4_e', N2='n2_e', H2='h2_e', CO='co_e', N2O='n2o_e') # BiGG identifiers
@@ -91,7 +111,7 @@ MINERALS = tuple(f'{m}_e' for m in ('ca2 cl cobalt2 cu2 fe2 fe3 h h2o k mg2 mn2 
 class Medium:
     "What a cell is offered. Uptake bounds in mmol gDW-1 h-1; everything not named is absent."
     name:str = 'glucose_minimal'
-    carbon:str = 'glc__D_e'          # carbon and energy source
+    carbon:str = 'glc__D_e'          # carbon and energy source; '' = from the gases alone
     carbon_uptake:float = 10.
     minerals:tuple = MINERALS        # not limiting
     maintenance:float = 3.15         # least ATP hydrolysis
@@ -99,6 +119,7 @@ class Medium:
     gas_half_saturation_bar:float = 0.01
     o2_threshold_bar:float = 0.0021
     growth_threshold:float = 1e-6    # h-1
+    supplements:tuple = ()           # of (metabolite, uptake): light, sulfide, vitamins
 
     def uptake(self,
         gas:str,  # name from `GASES`
@@ -122,7 +143,7 @@ def _bounds(net, gases, medium):
     single = np.diff(net.S.indptr) == 1
     lb[single] = np.maximum(lb[single], 0)
     for j in net.exchanges.values(): lb[j], ub[j] = 0., max(ub[j], 1000.)
-    offered = {m: 1000. for m in medium.minerals} | {medium.carbon: medium.carbon_uptake}
+    offered = {m: 1000. for m in medium.minerals} | ({medium.carbon: medium.carbon_uptake} if medium.carbon else {}) | dict(medium.supplements)
     for g, p in gases.items():
         if g not in GASES: raise SchemaError(f"gas '{g}' is unknown; expected partial pressures in bar for names among {', '.join(GASES)}")
         if g in GAS_METABOLITES: offered[GAS_METABOLITES[g]] = float(medium.uptake(g, p))
@@ -149,6 +170,7 @@ def growth(
 ) -> float:
     "Largest growth rate (h-1) under these gases on this medium; 0 where maintenance cannot be met."
     if not isinstance(net, Network): net = read_network(net)
+    net._needs_objective()
     lb, ub = (net.lb, net.ub) if gases is None else _bounds(net, gases, medium)
     best = _solve(net, -net.objective, lb, ub)
     return 0. if best is None else max(-best, 0.)
@@ -181,21 +203,29 @@ class NetworkInfo:
     kind:str        # wild_type, harmless, lethal, respiration_lost, fermentation_lost, anaerobic_lost, anaerobic_gained, gain_incomplete
     behaviour:str   # never, aerobic (grows only with O2), facultative (with and without)
 
-def _save_parent(net, path):
-    "Write a parent network as a compressed npz without pickle."
+def pack_network(
+    net:Network,
+    path, # .npz
+):
+    "Write a network as a compressed npz without pickle: the form in which the package carries them (an unknown charge becomes 0)."
     np.savez_compressed(path, shape=net.S.shape, indptr=net.S.indptr.astype(np.int32), indices=net.S.indices.astype(np.int16), data=net.S.data,
-                        metabolites=np.array('\n'.join(net.metabolites)), formulas=np.array('\n'.join(net.formulas)), charges=net.charges.astype(np.int16),
+                        metabolites=np.array('\n'.join(net.metabolites)), formulas=np.array('\n'.join(net.formulas)), charges=np.nan_to_num(np.asarray(net.charges, dtype=float)).astype(np.int16),
                         compartments=np.array(''.join(net.compartments)), reactions=np.array('\n'.join(net.reactions)), lb=net.lb, ub=net.ub,
                         objective=net.objective, names=np.array('\n'.join([net.id, net.genus, net.organism])))
 
-@functools.lru_cache(maxsize=16)
-def _load_parent(id):
-    with np.load(asset(NETWORK_DIR, f'{id}.npz'), allow_pickle=False) as z:
+def unpack_network(
+    path, # written by `pack_network`
+) -> Network:
+    "A packed network."
+    with np.load(path, allow_pickle=False) as z:
         S = sp.csc_matrix((z['data'], z['indices'].astype(np.int32), z['indptr']), shape=tuple(z['shape']))
         text = lambda k: str(z[k]).split('\n')
         name, genus, organism = text('names')
         return Network(name, name, genus, organism, S, text('metabolites'), text('formulas'), z['charges'], list(str(z['compartments'])),
                        text('reactions'), z['lb'], z['ub'], z['objective'])
+
+@functools.lru_cache(maxsize=16)
+def _load_parent(id): return unpack_network(asset(NETWORK_DIR, f'{id}.npz'))
 
 @functools.lru_cache(maxsize=1)
 def _variants(): return json.loads(asset(NETWORK_DIR, 'variants.json').read_text())
@@ -236,7 +266,8 @@ def edit_network(
     extra = lambda k: np.array([a[k] for a in (add or {}).values()], dtype=float)
     return Network(id or net.id, net.parent, net.genus, net.organism, S, mets, formulas, np.array(charges, dtype=np.int16), comps,
                    [r for r, k in zip(net.reactions, keep) if k] + list(add or {}), np.r_[net.lb[keep], extra('lb')], np.r_[net.ub[keep], extra('ub')],
-                   np.r_[net.objective[keep], np.zeros(len(add or {}))], kind)
+                   np.r_[net.objective[keep], np.zeros(len(add or {}))], kind, [*net.names, *[''] * (len(mets) - len(net.names))] if len(net.names) else (),
+                   [*(x for x, k in zip(net.subsystems, keep) if k), *[''] * len(add or {})] if len(net.subsystems) else (), net.source)
 
 @functools.lru_cache(maxsize=8)
 def load_network(
@@ -286,13 +317,13 @@ THERMAL_CLASSES = ('psychrophile', 'mesophile', 'thermophile', 'hyperthermophile
 
 @functools.lru_cache(maxsize=1)
 def traits_table() -> tuple:
-    "Rows of the traits table: dicts with thermal_class, organism, traits (8,) float32 in the order of `TRAITS`, source."
+    "Rows of the traits table: dicts with thermal_class, organism, traits (8,) float32 in the order of `TRAITS`, oxygen ('aerobe', 'facultative', 'microaerophile', 'anaerobe' or '' = not known here), source."
     out, num = [], lambda v: float(v) if v else np.nan
     with open(asset(NETWORK_DIR, 'traits.csv'), newline='') as f:
         for r in csv.DictReader(f):
             kelvin = [num(r[k]) + 273.15 for k in ('t_min_c', 't_opt_c', 't_max_c')]
             x = kelvin + [num(r[k]) for k in ('ph_min', 'ph_opt', 'ph_max', 'salinity_max_g_kg')] + [np.log10(num(r['generation_time_h']))]
-            out.append(dict(thermal_class=r['thermal_class'], organism=r['organism'], traits=np.array(x, dtype=np.float32), source=r['source']))
+            out.append(dict(thermal_class=r['thermal_class'], organism=r['organism'], traits=np.array(x, dtype=np.float32), oxygen=r['oxygen'], source=r['source']))
     return tuple(out)
 
 def draw_traits(
