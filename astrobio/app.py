@@ -28,7 +28,7 @@ COMMANDS = { # words -> ('module:function', what it does)
     'launch stop': ('astrobio.train.recipes:cli_stop', 'ask a run to save and end'),
     'launch resume': ('astrobio.train.recipes:cli_resume', 'go on with a run'),
     'launch recipe': ('astrobio.train.recipes:cli_recipe', 'write what SLURM or RunPod needs to do the same'),
-    'plan': ('astrobio.memory.plan:cli_plan', 'what a training would need on each card and host, how fast it would be, and what fits'),
+    'plan': ('astrobio.memory.models:cli_plan', 'what a training of any model would need on each card and host, how fast it would be, and what fits'),
     'calibrate': ('astrobio.attention.api:cli_calibrate', 'measure which attention backend is fastest on this machine, and keep the answer'),
     'bench attention': ('astrobio.attention.bench:cli_bench_attention', 'measure the attention layer: routing, overhead, claims, growth with length'),
     'test': ('astrobio.checks:cli_test', 'the sync check, every notebook, the end-to-end checks'),

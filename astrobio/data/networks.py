@@ -264,7 +264,8 @@ def edit_network(
             for m, v in a['stoichiometry'].items(): new[row[m], j] = v
         S = sp.hstack([S, new.tocsc()]).tocsc()
     extra = lambda k: np.array([a[k] for a in (add or {}).values()], dtype=float)
-    return Network(id or net.id, net.parent, net.genus, net.organism, S, mets, formulas, np.array(charges, dtype=np.int16), comps,
+    q = np.asarray(charges, dtype=float)
+    return Network(id or net.id, net.parent, net.genus, net.organism, S, mets, formulas, q if np.isnan(q).any() else q.astype(np.int16), comps,
                    [r for r, k in zip(net.reactions, keep) if k] + list(add or {}), np.r_[net.lb[keep], extra('lb')], np.r_[net.ub[keep], extra('ub')],
                    np.r_[net.objective[keep], np.zeros(len(add or {}))], kind, [*net.names, *[''] * (len(mets) - len(net.names))] if len(net.names) else (),
                    [*(x for x, k in zip(net.subsystems, keep) if k), *[''] * len(add or {})] if len(net.subsystems) else (), net.source)

@@ -62,12 +62,12 @@ class Held:
 
 # %% ../../nbs/49_memory.ledger.ipynb #ea0a5074
 class Val:
-    "`n` numbers of `e` bytes on paper, and the operation that made them."
-    __slots__ = ('held', 'n', 'e', 'node')
-    def __init__(self, held, n, e, node=None): self.held, self.n, self.e, self.node = held, n, e, node
+    "`n` numbers of `e` bytes on paper, and the operation that made them; `view`: a gradient that reshapes a product."
+    __slots__ = ('held', 'n', 'e', 'node', 'view')
+    def __init__(self, held, n, e, node=None, view=False): self.held, self.n, self.e, self.node, self.view = held, n, e, node, view
     def plain(self):
         "The same memory without a history."
-        return Val(self.held, self.n, self.e)
+        return Val(self.held, self.n, self.e, view=self.view)
 
 class Node:
     "An operation that waits for the gradient of its result."
@@ -93,7 +93,7 @@ class Paper:
         device:str='cpu',   # 'cpu' or 'cuda': their attention kernels keep different things
     ):
         self.book, self.auto, self.device = book, auto, device
-        self.seq, self.off, self.kind, self.casts, self.pack = 0, False, 'activations', [], None
+        self.seq, self.off, self.kind, self.casts, self.pack, self.nested, self.cached = 0, False, 'activations', [], None, False, 0
 
     def new(self, n, e): return Val(Held(self.book, n*e, self.kind), n, e)
 
@@ -141,14 +141,19 @@ def cast(self:Paper, w):
     "A weight in autocast's type."
     if not self.auto or w.e == self.auto: return w
     n, e = w.n, w.e
-    c = w.cast or self.join(self.new(n, self.auto), [w], lambda g: [self.new(n, e)])
+    back = lambda g: [self.new(n, e)]
+    if w.cast is None: c = self.join(self.new(n, self.auto), [w], back)
+    else: c = self.join(Val(w.cast.held, n, self.auto), [w], back) if self.nested else w.cast
     if w.trains and w.cast is None:
         w.cast = c
         self.casts.append(w)
+        self.cached += n*self.auto
     return c
 
 @patch
 def end_autocast(self:Paper):
+    "The context ends, unless it lies in another (`nested`: that of a whole pipeline)."
+    if self.nested: return
     for w in self.casts: w.cast = None
     self.casts = []
 
@@ -160,7 +165,12 @@ def linear(self:Paper, x, w, n_out, ghost=False):
     kept = self.keep(x) if nw else None, c if nx and c is not w else None
     out = self.new(0 if ghost else n_out, e)
     out.n = n_out
-    return self.join(out, [x, c], lambda g, kept=kept: [self.new(n, e) if nx else None, self.new(wn, e) if nw else None])
+    def back(g, kept=kept):
+        grads = [self.new(n, e) if nx else None, self.new(wn, e) if nw else None]
+        for r in grads:
+            if r: r.view = True
+        return grads
+    return self.join(out, [x, c], back)
 
 # %% ../../nbs/49_memory.ledger.ipynb #fff26204
 @patch
@@ -236,6 +246,7 @@ def _again(self:Paper, node, g, waits):
     edge = Node(node.parents, lambda g: [g.plain()], self.seq)
     x = Val(x.held, x.n, x.e, edge if node.parents[0] is not None else None)
     top = block(x, True).node
+    self.end_autocast()              # recomputing enters a context of its own
     self._count(top, waits, edge)
     top.inbox = g
     return top
@@ -289,7 +300,7 @@ def _send(self:Paper, p, r):
         r = self.new(n, whole.e)
         del whole
     if p.inbox is None: p.inbox = r
-    elif sys.getrefcount(p.inbox.held) > 2: p.inbox = self.new(r.n, r.e)
+    elif p.inbox.view or sys.getrefcount(p.inbox.held) > 2: p.inbox = self.new(r.n, r.e)
 
 @patch
 def _arrive(self:Paper, w, g):

@@ -35,6 +35,7 @@ class Workload:
     double_quant: bool = True      # qlora: the scales of the four-bit blocks are quantised too
     chunked: bool = True           # the loss in chunks; otherwise all logits at once
     gradient_release: bool = False # each weight moves as soon as its gradient is there
+    keeps_inputs: bool = False     # qlora: four-bit layers keep their inputs, which bitsandbytes before 0.43.2 did for nothing
     activation_offload: bool = False # what the backward pass needs waits in host memory
 
     def __post_init__(self):
@@ -66,13 +67,13 @@ def state_bytes(
     n:int,          # numbers of a weight
     e:int,          # bytes of each
     work:Workload,
-    cols:int=256,   # of a row: eight-bit codes keep rows filled up to blocks of 256
+    cols:int=256,   # of a row: eight bits need a scale for every 256 numbers of it
 ) -> int:
     "Bytes that the optimiser keeps for a weight."
     wide = 4 if work.master else e
     extra = 4*n if work.master else 0
     kind = work.optimizer
-    if kind == 'adamw8bit': return extra + (8*n if n < 4096 else 2*ceil(n/cols)*ceil(cols/256)*260)
+    if kind == 'adamw8bit': return extra + (8*n if n < 4096 else 2*(n + 4*ceil(n/cols)*ceil(cols/256)))
     return extra + {'adamw': 2*wide*n + 4, 'sophia': 2*wide*n, 'lion': wide*n if work.master else 4*n, 'sgd': 0, 'none': 0}[kind]
 
 def nf4_bytes(
@@ -148,19 +149,18 @@ class LLMPaper:
         "The weights of one block."
         s, c, w = self.store, self.cfg, self.store.w
         unit = None if not s.sharded else i if s.s.wrap == 'blocks' else 'root'
-        b = dict(times=times, unit=unit)
+        b = dict(times=times, unit=unit) | {k: s.weight(c.dim, train, unit=unit, times=times) for k in ('n1', 'n2')}
         for k, (a, z) in shapes.items():
             if self.q:
                 b[k] = s.quantised(a*z, times)
             else: b[k] = s.weight(a*z, train, unit=unit, times=times, cols=a)
             if self.lora and k in w.targets: b[k + 'A'], b[k + 'B'] = (s.weight(n*w.rank, True, unit=unit, times=times, e=4, cols=n if n == a else w.rank) for n in (a, z))
-        for k in ('n1', 'n2'): b[k] = s.weight(c.dim, train, unit=unit, times=times)
         return b
 
     def project(self, x, b, k, n, ghost=False):
         "A linear layer of a block, with its adapter."
         P, w = self.paper, self.store.w
-        y = four_bits(P, x, b[k], n, w.double_quant) if self.q else P.linear(x, b[k], n, ghost and k + 'A' not in b)
+        y = four_bits(P, x, b[k], n, w.double_quant, w.keeps_inputs) if self.q else P.linear(x, b[k], n, ghost and k + 'A' not in b)
         if k + 'A' not in b: return y
         e = y.e
         if self.q: y = P.times(y)
@@ -170,7 +170,7 @@ class LLMPaper:
         if self.q and not P.auto: z = P.to(z, e)
         return P.to(P.add(y, z), e)
 
-def four_bits(P, x, w, n, double):
+def four_bits(P, x, w, n, double, keeps=False):
     "A linear layer whose weight is unpacked for the moment."
     e0, x = x.e, P.to(x, w.e)      # bitsandbytes computes in the type that the weights had, whatever autocast says
     e, xn, wn, blocks = x.e, x.n, w.n, ceil(w.n/64)
@@ -181,7 +181,7 @@ def four_bits(P, x, w, n, double):
     out = P.new(n, e)
     del_me = unpack()
     del del_me
-    def back(g):
+    def back(g, kept=P.keep(x) if keeps and x.node is not None else None):
         full = unpack()
         return [P.new(xn, e)]
     return P.to(P.join(out, [x], back), e0)
@@ -318,7 +318,7 @@ class Shards:
         got = [(x, own, e) for x, own, e in self.store.units[u] if x.grad is not None]
         if got and not final and more and u not in self.whole: self.whole[u] = Held(self.card, sum(x.n*x.e for x, *_ in got)*more, 'gradients')
         if not got or not final: return
-        r = 4 if self.store.mp else None
+        r, kept = 4 if self.store.mp else None, got[-1][0].grad                 # torch's loop over the gradients still names the last one while it reduces
         self.sent = None
         self.sent = Held(self.card, sum(x.n*(r or x.e) for x, *_ in got), 'communication')
         for x, *_ in got: x.grad = None
@@ -373,37 +373,41 @@ def step_on_paper(
     live = min(world - stage, s.accumulation) if s.engine == 'pp' and s.schedule == '1f1b' else s.accumulation if s.engine == 'pp' else 1
     gpipe = s.engine == 'pp' and s.schedule == 'gpipe'
     if s.engine == 'pp': store.keep(card, B*S*cfg.dim*store.e*((0 if first else s.accumulation - live) + (0 if last else s.accumulation)), 'communication')  # torch's stages receive every micro-batch in a buffer of its own
+    paper.nested = s.engine == 'pp'                        # one context for all micro-batches: weights are cast once
     for i in range(micro): _micro_batch(m, shards, store, paper, card, host, B, S, first, last, i == micro - 1, live - (i if gpipe else 0), gpipe and i > 0)
+    paper.nested = False
+    paper.end_autocast()
     for b in (card, host): b.mark('optimizer')
-    _moving(store, w)
+    moved = sorted(((x, own, e) for x, own, e, _ in store.all if x.trains and x.n > cfg.dim), key=lambda t: t[0] is m.embed)  # embeddings do not decay: they come last, and norms do not count
+    for before, now in zip([None, *moved], moved):
+        if not w.gradient_release: _moving(store, now, before)
     if w.optimizer == 'sophia' and s.engine == 'single': _curvature(m, store, paper, B, S)
     for b in (card, host): b.mark('end')
     for x, *_ in store.all: x.grad = x.done = None
     return card, host
 
 # %% ../../nbs/49a_memory.step.ipynb #e29b54de
-def _moving(store, w):
-    "What the optimisers of `train.optimizers` take for a moment, weight by weight; fused AdamW takes nothing."
-    if w.gradient_release: return
-    full = lambda x, n: ceil(n/x.cols)*ceil(x.cols/256)*256 if w.optimizer == 'adamw8bit' else n  # rows filled up to blocks
-    moved = sorted(((full(x, own), e) for x, own, e, _ in store.all if x.trains), key=lambda t: t[0])
-    if not moved: return
-    (n, e), n0 = moved[-1], moved[-2][0] if len(moved) > 1 else 0
-    book = store.host if w.paged or (store.sharded and store.s.offload) else store.card
-    if w.optimizer == 'lion': book.pass_by(n*e)
-    if w.optimizer == 'adamw8bit' and n >= 4096: book.pass_by(20*n + 9*n0)  # float32 moments on their way from and to codes; those of the weight before, and its codes
+def _moving(store, moved, before=None):
+    "What the optimisers of `train.optimizers` take for a moment to move a weight of (weight, numbers here, bytes of each); `before`: the one before it. Fused AdamW takes nothing."
+    w, (x, own, e) = store.w, moved
+    if w.paged: return                                     # bitsandbytes' kernel unpacks as it goes
+    book = store.host if store.sharded and store.s.offload else store.card
+    if w.optimizer == 'lion': book.pass_by(own*e)
+    if w.optimizer == 'adamw8bit' and own >= 4096: book.pass_by(20*_filled(x, own) + (8*_filled(*before[:2]) + before[1] if before else own))  # float32 moments on their way from and to codes; those of the weight before, and its codes
+
+def _filled(x, n): return ceil(n/x.cols)*ceil(x.cols/256)*256  # rows filled up to blocks
 
 def _curvature(m, store, P, B, S):
     "Sophia's look at the curvature: a pass with all logits beside the gradients, and the squares of the new ones."
     held, c, N = [x.grad for x, *_ in store.all], m.cfg, B*S
     for x, *_ in store.all: x.grad, x.done = None, None
-    P.kind = 'activations'
+    P.kind, beside = 'activations', []
     x = P.new(N*c.dim, store.e)
     P.join(x, [m.embed], lambda g: [P.new(c.vocab_size*c.dim, store.e)])
     for b in m.blocks:
         run, before = block_forward(m, b, N, S), P.book.now
         x = P.recomputed(run, x) if store.s.checkpointing or c.checkpoint_layers else run(x, False)
-        if b['times'] > 1: store.keep(P.book, (P.book.now - before)*(b['times'] - 1), 'activations')
+        if b['times'] > 1: beside.append(Held(P.book, (P.book.now - before)*(b['times'] - 1), 'activations'))
     y = P.to(P.linear(P.norm(x, m.last), m.head, N*c.vocab_size), 4)
     del x
     P.end_autocast()
@@ -413,9 +417,10 @@ def _curvature(m, store, P, B, S):
     P.kind = 'gradients of activations'
     P.backward(soft)
     del soft
+    beside.clear()
     more = sum((x.n*x.e)*(t - 1) for x, _, _, t in store.all if x.grad is not None)
     whole = sum(x.n*x.e*t for x, _, _, t in store.all if x.grad is not None)
-    P.book.pass_by(more + whole, 'gradients')
+    P.book.pass_by(more + whole + m.embed.n*m.embed.e, 'gradients')                # the squares, one after the other: of the embeddings nearly last
     del held
 
 def _offloaded(paper, host, x):
@@ -431,7 +436,9 @@ def _when_done(store, x):
     w, s = store.w, store.s
     if w.gradient_release or (s.engine == 'ddp' and store.world > 1 and s.accumulation == 1): # DDP's buckets are the gradients, unless they add up outside first
         def drop(x):
-            if w.gradient_release: store.card.pass_by(x.n*(x.e + 2))  # is it finite?
+            if w.gradient_release:
+                store.card.pass_by(x.n*(x.e + 3))  # is it finite?
+                _moving(store, (x, x.n, x.e))
             x.grad = None
         return drop
 
@@ -442,19 +449,21 @@ def _micro_batch(m, shards, store, P, card, host, B, S, first, last, final, live
     C, N, V, e = cfg.dim, B*S, cfg.vocab_size, store.mp or store.e
     P.kind = 'activations'
     for b in (card, host): b.mark('forward')
-    before, tops = card.now, [(b, b.peak, b.at, b.where) for b in (card, card.total)]
+    before, cached, tops = card.now, P.cached, [(b, b.peak, b.at, b.where) for b in (card, card.total)]
     if shards: shards.unshard('root', True)
     x = P.new(N*C, e)
     if first:
         P.join(x, [m.embed], lambda g: [P.new(V*C, e)])
         if w.prefix: x = P.new(N*C, e)                    # joined with the prefix, whose little networks are not booked
     else: x.node = Weight(N*C, e)
-    for b in m.blocks: x = _one_block(m, shards, b, x, N, S, card, host, final)
-    if last: x = loss_on_paper(m, P.norm(x, m.last), B, w.tokens)
+    x = [x]                                                # what is taken out of it is held by nobody else
+    for b in m.blocks: x.append(_one_block(m, shards, b, x.pop(), N, S, card, host, final))
+    x = loss_on_paper(m, P.norm(x.pop(), m.last), B, w.tokens) if last else x.pop()
     P.end_autocast()
     if earlier:
         for b, *was in tops: b.peak, b.at, b.where = was
-    others = Held(card, (card.now - before)*(live - 1), 'activations') if live > 1 else None
+    high, others = card.top - card.now, Held(card, (card.now - before - (P.cached - cached if P.nested else 0))*(live - 1), 'activations') if live > 1 else None
+    if others and not earlier: card.pass_by(high)          # the last of them goes forward beside the others
     for b in (card, host): b.mark('backward')
     P.kind = 'gradients of activations'
     if shards: shards.flat = None
@@ -464,6 +473,7 @@ def _micro_batch(m, shards, store, P, card, host, B, S, first, last, final, live
 def _one_block(m, shards, b, x, N, S, card, host, final):
     "A block: fetched and let go by FSDP, recomputed if wanted, standing for many if it does."
     P, u, s, more = m.paper, b['unit'], m.store.s, b['times'] - 1
+    cached = P.cached
     run, before, beside = block_forward(m, b, N, S), (card.now, host.now), []
     own = shards is not None and u != 'root'
     def left():
@@ -474,7 +484,11 @@ def _one_block(m, shards, b, x, N, S, card, host, final):
     if own: shards.unshard(u, True)
     x = P.recomputed(run, x) if s.checkpointing or m.cfg.checkpoint_layers else run(x, False)
     if own and s.reshard: shards.reshard(u)
-    if more: beside.extend(Held(k, (k.now - n)*more, 'activations') for k, n in zip((card, host), before))
+    casts = P.cached - cached if P.nested else 0
+    if more: beside.extend(Held(k, (k.now - n - (casts if k is card else 0))*more, 'activations') for k, n in zip((card, host), before))
+    if casts and more:
+        m.store.keep(card, casts*more, 'activations')
+        P.cached += casts*more
     return P.gate(x, lambda: shards.unshard(u, False)) if own else x
 
 def _more_gradients(m, b, more, card, shards):

@@ -363,7 +363,7 @@ def _schedule(self:PipelineEngine, n, ids, packed):
     key = n, B, S, packed
     if key not in self._ways:
         C, first, last = p.stage.objective.llm.cfg.dim, p.stage.first, p.stage.last
-        hidden = torch.empty((1, B*S, C) if packed else (B, S, C), device=self.device)
+        hidden = torch.empty((1, B*S, C) if packed else (B, S, C), device=self.device, dtype=next(p.stage.parameters()).dtype)
         stage = PipelineStage(p.stage, p.rank, p.world, self.device, input_args=ids[:B] if first else hidden.requires_grad_(),
                               output_args=torch.empty(1, device=self.device).requires_grad_() if last else hidden.requires_grad_())
         kind = Schedule1F1B if p.strategy.schedule == '1f1b' and n >= p.world else ScheduleGPipe  # fewer micro-batches than stages cannot take turns

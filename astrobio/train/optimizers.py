@@ -123,7 +123,7 @@ def _quantize(x: Tensor, signed: bool, block: int = 256) -> tuple: # codes like 
     flat = nn.functional.pad(x.reshape(R, C), (0, -C % block)).view(R, -1, block)
     scale, levels = flat.abs().amax(-1), _levels(signed).to(x.device)
     codes = torch.bucketize(flat / scale.clamp_min(1e-38)[..., None], (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)
-    return codes.view(R, -1)[:, :C].reshape(x.shape), scale
+    return codes.view(R, -1)[:, :C].reshape(x.shape).contiguous(), scale   # a slice would keep the filled rows
 
 def _dequantize(codes: Tensor, scale: Tensor, signed: bool, block: int = 256) -> Tensor:
     R, C = len(codes), codes.numel() // max(len(codes), 1)

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from ..config import Strategy
 from ..core import CheckpointError, ConfigError, TrainingError, atomic_path, get_logger, progress_bar, seed_everything, stable_hash
+from ..memory.profile import compared_step
 from .checkpoint import CheckpointStore, Peers, isolated_rng, latest, read_checkpoint, read_own, rng_state, set_rng_state
 from .engine import NonFiniteError, batch_ids, batch_weight, engine_state, load_engine_state, load_weights, make_engine
 from .guards import GuardConfig, Watchdog, memory_share, spike, stop_requests
@@ -223,7 +224,7 @@ class TrainResult:
 class Trainer:
     """Trains `model` on `train_loader` in `run_dir`, resuming there if a checkpoint is found.
 
-    `run_dir` gets checkpoints/, metrics.jsonl, after a loss that is not finite nan_step_….json, and after a hang hang_rank_….txt."""
+    `run_dir` gets checkpoints/, metrics.jsonl, for a language model memory.json, after a loss that is not finite nan_step_….json, and after a hang hang_rank_….txt."""
     def __init__(self,
         model:nn.Module|Callable, # called with a batch; answers with `.loss` and, optionally, `.loss_terms`; or a function that builds such a model
         train_loader,          # see `check_loader`
@@ -261,6 +262,7 @@ class Trainer:
         self.watchdog = Watchdog(self.run_dir/f'hang_rank_{self.peers.rank}.txt', guards.hang_seconds)
         self.metrics, self.state = MetricsLog(self.run_dir/'metrics.jsonl'), TrainState()
         self._began = self._saved = time.monotonic()
+        self._taken, self._compared = 0, None # steps of this process; planned and measured bytes of one of them
 
     @property
     def model(self) -> nn.Module:
@@ -365,7 +367,7 @@ def _train_epoch(self:Trainer, stop, advance):
         left_out = [row for e, b, row in s.left_out if (e, b) == (s.epoch, s.batch)]
         if left_out: self._tell('skip', left_out[0] | dict(step=s.step + 1), write=True)
         else:
-            try: report = self.engine.step(group)
+            try: report = self._step(group)
             except NonFiniteError as e: self._bad_number(e)
         s.batch += size
         if report is not None:
@@ -374,6 +376,25 @@ def _train_epoch(self:Trainer, stop, advance):
         self.watchdog.feed()
         if s.batch < self.batches: self._save_if_due(stop, report is not None)
     self._save_if_due(stop, report is not None)
+
+# %% ../../nbs/55_train.trainer.ipynb #d2933f14
+@patch
+def _step(self:Trainer, group):
+    "An optimiser step; the third of a process is measured where there is a plan of its memory."
+    self._taken += 1
+    if self._taken != 3: return self.engine.step(group)
+    report, planned, measured = compared_step(self.engine, group)
+    if planned: self._compared = planned, measured
+    return report
+
+@patch
+def _compare(self:Trainer):
+    "Planned and measured peak go to memory.json; more than 5 % between them is an alarm (from 64 MiB on)."
+    (planned, measured), self._compared = self._compared, None
+    ratio = planned/measured
+    if self.peers.rank == 0:
+        with atomic_path(self.run_dir/'memory.json') as p: p.write_text(json.dumps(dict(step=self.state.step, planned_bytes=planned, measured_bytes=measured, ratio=ratio)))
+    if abs(ratio - 1) > 0.05 and measured >= 2**26: self._alarm('memory_plan', ratio, f'planned over measured peak: the plan says {planned/2**30:.2f} GiB, the step took {measured/2**30:.2f} GiB')
 
 @patch
 def _account(self:Trainer, r, advance):
@@ -390,6 +411,7 @@ def _account(self:Trainer, r, advance):
         z = spike(row[what], s.windows.setdefault(what, []), size=c.guards.spike_window)
         if z > c.guards.spike_z: self._alarm(what, row[what], f'{z:.0f} robust standard deviations above the last {c.guards.spike_window} steps', write=True)
     if s.step % 100 == 0 and (share := memory_share()) > c.guards.memory_share: self._alarm('memory', share, 'of what this process may use')
+    if self._compared: self._compare()
     advance(1, note=f'epoch {s.epoch + 1}/{c.epochs} loss {r.loss:.4f}')
 
 @patch
@@ -410,7 +432,7 @@ def _save_if_due(self:Trainer, stop, moved):
         self.store.wait()
         stop.raise_()
 
-# %% ../../nbs/55_train.trainer.ipynb #d2933f14
+# %% ../../nbs/55_train.trainer.ipynb #5ed621a7
 class _Rewind(Exception): "Carries the row of the step to leave out."
 
 @patch
@@ -442,7 +464,7 @@ def _rewind(self:Trainer, row):
     self.state.left_out = left_out
     self.save()
 
-# %% ../../nbs/55_train.trainer.ipynb #5ed621a7
+# %% ../../nbs/55_train.trainer.ipynb #833e060b
 @patch
 def _validate(self:Trainer) -> dict:
     "The validation's numbers as `val_…`; every submodule gets back the mode it had."
@@ -475,7 +497,7 @@ def _end_epoch(self:Trainer):
     elif late: s.stopped = 'max_seconds'
     if not self.save(): s.best_metric, s.best_epoch, s.best_checkpoint, s.ranked = before.best_metric, before.best_epoch, before.best_checkpoint, before.ranked
 
-# %% ../../nbs/55_train.trainer.ipynb #833e060b
+# %% ../../nbs/55_train.trainer.ipynb #5b89c454
 @patch
 def fit(self:Trainer) -> TrainResult:
     "Train, or go on, to the end; leaves the best weights in the model, which is then in eval mode."

@@ -151,17 +151,15 @@ def verdict(
 ) -> Verdict:
     "Ask the memory budget about a launch."
     planned = _plan()
-    if planned is None: return Verdict(None, 'The memory budget (astrobio.memory.plan) is not part of this installation: nobody has checked whether this fits.')
-    if cfg.task not in ('llm_tiny', 'llm_small'): return Verdict(None, f"The memory budget knows the language models; nobody has checked whether '{cfg.task}' fits.")
-    memory, llm = planned, importlib.import_module('astrobio.models.llm')
-    hardware = hardware or _hardware(cfg, memory)
-    if hardware is None: return Verdict(None, f'The memory budget does not know this card; it knows {", ".join(memory.CARDS)}.')
-    try: b = memory.plan(getattr(llm, cfg.task)(), hardware=hardware, strategy=cfg.train.strategy, work=memory.Workload(batch=4, tokens=16))  # as `llm_task` makes them
+    if planned is None: return Verdict(None, 'The memory budget (astrobio.memory.models) is not part of this installation: nobody has checked whether this fits.')
+    hardware = hardware or _hardware(cfg, planned)
+    if hardware is None: return Verdict(None, f'The memory budget does not know this card; it knows {", ".join(planned.CARDS)}.')
+    try: b = planned.plan_task(cfg.task, cfg.train.strategy, hardware)
     except ConfigError as e: return Verdict(None, f'The memory budget has no answer: {e}')
     return Verdict(b.fits, str(b))
 
 def _plan():
-    try: return importlib.import_module('astrobio.memory.plan')
+    try: return importlib.import_module('astrobio.memory.models')
     except ImportError: return None
 
 def _hardware(cfg, memory):
