@@ -200,7 +200,7 @@ def _allowed(module, dep, lib):
     if not module.startswith(f'{lib}.models.'): return True
     name = module.split('.')[-1]
     if dep.startswith(f'{lib}.data.'): return dep == f'{lib}.data.schema' or (name == 'pretrained' and dep in (f'{lib}.data.text', f'{lib}.data.packing'))
-    if dep.startswith(f'{lib}.models.'): return dep == f'{lib}.models.layers' or name in ('diffusion', 'fusion', 'system', 'pretrained', 'adapters')
+    if dep.startswith(f'{lib}.models.'): return dep in (f'{lib}.models.layers', f'{lib}.models.encodings', f'{lib}.models.messages') or name in ('diffusion', 'fusion', 'system', 'pretrained', 'adapters')
     return True
 
 # %% ../nbs/78_devcheck.ipynb #08a9017b

@@ -415,7 +415,7 @@ def _metabolite_features(net, scope, medium, F):
     for i, (m, c) in enumerate(zip(net.metabolites, net.compartments)): x[i, F[dict(c='cytosol', p='periplasm', e='outside').get(c, 'cytosol')]] = 1
     x[:, F['formula_known']] = [bool(f) for f in net.formulas]
     for g, m in GAS_METABOLITES.items(): x[:, F[f'gas_{g}']] = [n[:-2] == m[:-2] for n in net.metabolites]
-    x[:, F['in_medium']] = [m in medium.minerals or m == medium.carbon for m in net.metabolites]
+    x[:, F['in_medium']] = [m in medium.minerals or m == medium.carbon or m in dict(medium.supplements) for m in net.metabolites]
     x[:, F['carbon_source']] = [m == medium.carbon for m in net.metabolites]
     share = np.maximum(-net.S[:, [net.biomass]].toarray()[:, 0], 0)
     x[:, F['precursor']] = share > 0
@@ -464,17 +464,26 @@ def to_graph(
     expansion:bool=True,          # include the columns of network expansion
     traits=None,                  # (8,) in the order of `TRAITS`; NaN without
     medium:Medium=Medium(),
+    subsystems:bool=False,        # also `subsystem` (N,): a number for the pathway of each reaction, 0 = not named, -1 for metabolites
 ):
     "PyG `Data` for a model: x (N, 64), edge_index (2, E) metabolite -> reaction, edge_attr (E, 4), traits (1, 8), n_metabolites."
     t = torch.full((1, len(TRAITS)), float('nan')) if traits is None else torch.as_tensor(np.asarray(traits, dtype=np.float32)).reshape(1, -1)
     if t.shape[1] != len(TRAITS): raise SchemaError(f'traits have {t.shape[1]} numbers; expected {len(TRAITS)}: {", ".join(TRAITS)}')
     if isinstance(network, str): g = copy.copy(_cached_graph(network, collapse_currency, drop_dead_ends, expansion, medium))
     else: g = _graph(network, collapse_currency, drop_dead_ends, expansion, medium)
+    if subsystems: g.subsystem = _subsystem(load_network(network) if isinstance(network, str) else network, drop_dead_ends, int(g.n_metabolites))
     g.traits = t
     return g
 
 @functools.lru_cache(maxsize=256)
 def _cached_graph(id, *args): return _graph(load_network(id), *args)
+
+def _subsystem(net, drop_dead_ends, M):
+    "(N,) number of each reaction's pathway, names in the order of the alphabet from 1; which number a pathway has means nothing."
+    names = list(net.subsystems) or [''] * len(net.reactions)
+    number = {'': 0} | {n: i for i, n in enumerate(sorted({*names} - {''}), 1)}
+    keep = _live(net) if drop_dead_ends else np.ones(len(names), dtype=bool)
+    return torch.tensor([-1] * M + [number[n] for n, k in zip(names, keep) if k])
 
 def _graph(net, collapse_currency, drop_dead_ends, expansion, medium):
     from torch_geometric.data import Data

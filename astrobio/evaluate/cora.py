@@ -198,6 +198,7 @@ def fit_links_pyg(
     variational: bool = True,
     seed: int = 0,
     epochs: int = 200,
+    raw: bool = False, # words as 0 and 1, not divided by their number
 ) -> dict:  # auc, ap at the last epoch; auc_chosen, ap_chosen at the one chosen on the validation links
     "PyG's VGAE or GAE with its example's settings, trained and scored on `split`."
     with torch.random.fork_rng():
@@ -213,6 +214,7 @@ def fit_links_pyg(
                 return out if variational else out[0]
         model = (VGAE if variational else GAE)(Encoder())
         x, e = graph.features().to_dense(), torch.cat([split.train.t(), split.train.t().flip(0)], 1)
+        if raw: x = (x > 0).to(x.dtype)
         opt, best = torch.optim.Adam(model.parameters(), lr=.01), (-1., None)
         def scores(z, link, none): return link_scores(pair_logits(z, link), pair_logits(z, none))
         for _ in range(epochs):

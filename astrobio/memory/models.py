@@ -32,6 +32,7 @@ from .plan import ACCOUNTS, CARDS, Account, Budget, flops_per_token, hardware_of
 from .step import Workload, step_on_paper
 from .trace import Followed, Sparse, following
 from ..models.datacube import DatacubeConfig, DatacubeNet, climate_loss, datacube_2b, datacube_small, datacube_tiny
+from ..models.encodings import n_columns
 from ..models.fusion import FusionConfig, FusionNet, fusion_full, fusion_tiny
 from ..models.graph_vae import GraphVAE, GraphVAEConfig, graph_vae_1b, graph_vae_small, graph_vae_tiny
 from ..models.llm import LLM, LLMConfig, llm_13b, llm_small, llm_tiny
@@ -85,7 +86,7 @@ def made_networks(
     x[:M, 0], x[M:, 1], x[:min(7, M), 17], x[M, 34] = 1, 1, 1, 1
     edge = torch.stack([i*7919 % M, M + i % R])
     attr = torch.stack([torch.where(i % 2 == 0, -0.7, 0.7), (i % 2 == 0).float(), (i % 2 == 1).float(), (i % 3 == 0).float()], 1)
-    return Net(x=x.repeat(n, 1), edge_index=torch.cat([edge + k*N for k in range(n)], 1), edge_attr=attr.repeat(n, 1), batch=torch.arange(n).repeat_interleave(N), num_graphs=n)
+    return Net(x=x.repeat(n, 1), edge_index=torch.cat([edge + k*N for k in range(n)], 1), edge_attr=attr.repeat(n, 1), batch=torch.arange(n).repeat_interleave(N), num_graphs=n, pe=torch.zeros(n*N, n_columns()))
 
 def made_batch(
     work:RunWork,
