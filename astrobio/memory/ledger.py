@@ -214,7 +214,8 @@ def attend(self:Paper, q, k, v, rows, heads):
     e, cpu = q.e, self.device == 'cpu'
     if cpu: q, k, v = (self.to(t, 4) for t in (q, k, v))        # the native kernel computes in float32
     out, lse = self.new(q.n, q.e), self.new(rows*heads, 4)
-    def back(g, kept=(q.plain(), k.plain(), v.plain(), out.plain(), lse)): return [self.new(t.n, t.e) for t in kept[:3]]
+    sizes, kept = [(t.n, t.e) for t in (q, k, v)], [self.keep(t) for t in (q, k, v, out, lse)]
+    def back(g, kept=kept): return [self.new(*s) for s in sizes]
     return self.to(self.join(out, [q, k, v], back), e)
 
 # %% ../../nbs/49_memory.ledger.ipynb #4530f84e

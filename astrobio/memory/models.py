@@ -266,7 +266,7 @@ def trace(
         del e
     return f
 
-# %% ../../nbs/59_memory.models.ipynb #4e47c208
+# %% ../../nbs/59_memory.models.ipynb #c3237db7
 def _nbytes(x):
     if isinstance(x, Tensor): return x.nbytes
     if isinstance(x, (list, tuple)): return sum(map(_nbytes, x))
@@ -292,7 +292,7 @@ def account_traced(
 for kind in FAMILIES:
     if kind is not LLMConfig: ACCOUNTS[kind] = account_traced
 
-# %% ../../nbs/59_memory.models.ipynb #39a7ae75
+# %% ../../nbs/59_memory.models.ipynb #7f48aa2c
 PRESETS_OF = dict(llm=dict(tiny=llm_tiny, small=llm_small, full=llm_13b), graph=dict(tiny=graph_vae_tiny, small=graph_vae_small, full=graph_vae_1b), datacube=dict(tiny=datacube_tiny, small=datacube_small, full=datacube_2b),
                   fusion=dict(tiny=fusion_tiny, full=fusion_full), system=dict(tiny=planet_model_tiny, full=planet_model_full))
 
@@ -329,7 +329,7 @@ def run_presets(
         with open(part, 'a') as out: out.write(json.dumps(row) + '\n')
     return write_result('memory_models', dict(what='peaks of the trainer\'s step followed on fake tensors, in bytes of one process, not counting the batch; and of the language model beside its paper', rows=done))
 
-# %% ../../nbs/59_memory.models.ipynb #bc9a49ef
+# %% ../../nbs/59_memory.models.ipynb #6edc3a2d
 def compare_speed() -> Path: # the dated result
     "Seconds of real steps beside the estimate; writes `memory_speed-<date>.json`. One thread."
     torch.set_num_threads(1)
@@ -345,7 +345,7 @@ def compare_speed() -> Path: # the dated result
         rows.append(dict(model=name, weights=count_weights(cfg), measured=clock(lambda: e.step([batch]), 5), planned=tokens/b.tokens_s, flops=tokens*flops_per_token(cfg, Strategy(), work), bound=b.bound))
     return write_result('memory_speed', dict(what='seconds of a float32 training step of language models on one core, measured and planned', gflops=gflops, rows=rows))
 
-# %% ../../nbs/59_memory.models.ipynb #5959ed49
+# %% ../../nbs/59_memory.models.ipynb #e142c8ea
 def cli_plan(
     model:str='llm',       # llm, graph, datacube, fusion or system
     preset:str='full',     # tiny, small or full
